@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Collection
 from struct import Struct
 
 import numpy as np
@@ -50,10 +51,17 @@ class BatchBuilder:
         rows = list(map(_ROW, plan.sequences))
         slots = self._slots.of(rows)
         written = _tokens(plan)
+        if numbers.owners is None:
+            written += plan.starts
+        else:
+            numbers.put_positions(plan.starts)
         pages: dict[str, PagedInputs] = {}
         for index, table in enumerate(self._tables):
             inputs, places = table.inputs(rows, slots, plan, numbers.slot_mappings[index])
-            written += places
+            if numbers.owners is None:
+                written += places
+            else:
+                numbers.put_slots(inputs, self._page_size)
             for name in table.names:
                 pages[name] = inputs
         numbers.write(written)
@@ -99,9 +107,9 @@ class _Kept:
 
 class _Numbers:
     """What changes from step to step while each of the sequences has as many tokens: ``token_ids``,
-    ``positions``, ``context_len`` and the ``slot_mappings`` of some page tables are parts of one
+    ``context_len``, ``positions`` and the ``slot_mappings`` of some page tables are parts of one
     array, which is written anew for every step. ``begins`` and ``query_start`` are where sequences
-    begin, and the end."""
+    begin, and the end; ``owners`` says whose each token is, None: each sequence has one."""
 
     __slots__ = (
         "_memory",
@@ -109,6 +117,7 @@ class _Numbers:
         "begins",
         "context_len",
         "counts",
+        "owners",
         "positions",
         "query_start",
         "slot_mappings",
@@ -118,16 +127,34 @@ class _Numbers:
     def __init__(self, counts: list[int], num_tables: int) -> None:
         self.counts, self.begins = counts, [0, *itertools.accumulate(counts)]
         self.query_start = _read_only(np.array(self.begins, np.int32))
-        tokens, ends = self.begins[-1], 2 * self.begins[-1] + len(counts)
-        whole = np.zeros(ends + num_tables * tokens, np.int32)
-        self.token_ids, self.positions = whole[:tokens], whole[tokens : 2 * tokens]
-        self.context_len = whole[2 * tokens : ends]
-        self.slot_mappings = list(whole[ends:].reshape(num_tables, tokens))
-        self._memory, self._pack = memoryview(whole), Struct(f"{len(whole)}i").pack_into
+        tokens, sequences = self.begins[-1], len(counts)
+        listed = tokens + sequences  # of the array, from lists
+        whole = np.zeros(listed + (1 + num_tables) * tokens, np.int32)
+        self.token_ids, self.context_len = whole[:tokens], whole[tokens:listed]
+        self.positions, *self.slot_mappings = whole[listed:].reshape(1 + num_tables, tokens)
+        self.owners: IntArray | None = None
+        if tokens == sequences:
+            listed = len(whole)
+        else:
+            self.owners = np.arange(sequences, dtype=np.int32).repeat(counts)
+        self._memory, self._pack = whole.data, Struct(f"{listed}i").pack_into
 
     def write(self, numbers: list[int]) -> None:
-        """Make these all of the parts, one after the other."""
+        """Make these the tokens, and where sequences end; and the rest, where each has one token:
+        a list is packed by less code than NumPy walks through."""
         self._pack(self._memory, 0, *numbers)
+
+    def put_positions(self, starts: list[int]) -> None:
+        """Write those of sequences that go on from ``starts``."""
+        assert self.owners is not None, "else there is one token of each"
+        firsts = np.array(starts, np.int32) - self.query_start[:-1]
+        np.add(firsts[self.owners], np.arange(len(self.owners), dtype=np.int32), out=self.positions)
+
+    def put_slots(self, inputs: PagedInputs, page_size: int) -> None:
+        """Write where the tokens at these positions lie into the slot mapping."""
+        page, offset = np.divmod(self.positions, np.int32(page_size))
+        np.multiply(inputs.page_table[self.owners, page], page_size, out=inputs.slot_mapping)
+        inputs.slot_mapping += offset
 
 
 class _PageTable:
@@ -151,22 +178,19 @@ class _PageTable:
         self, rows: list[int], slots: IntArray, plan: StepPlan, mapping: IntArray
     ) -> tuple[PagedInputs, list[int]]:
         """The ``rows`` of the table, which are ``slots``, too, brought up to date, beside the
-        ``mapping``, and what is to be in that, the slot of every token; the caches of a group share
-        them."""
+        ``mapping``, and the slots of the first tokens of sequences, which are to be in that where
+        those are all; the caches of a group share them."""
         size, width, changed = self._page_size, 0, False
         places: list[int] = []
         for index, each in enumerate(self._held(plan)):
-            start, count = plan.starts[index], plan.counts[index]
-            pages, total = each.pages, len(each.pages)
+            start, pages = plan.starts[index], each.pages
+            total = len(pages)
             if total > width:
                 width = total
             if each.synced < total:
                 self._table[rows[index], each.synced : total] = pages[each.synced :]
                 each.synced, changed = total, True
-            if count == 1:
-                places.append(pages[start // size] * size + start % size)
-            else:
-                places += _places(pages, start, start + count, size)
+            places.append(pages[start // size] * size + start % size)
         inputs = self._inputs
         if changed or self._rows is not slots or self._width != width:
             self._rows, self._width = slots, width
@@ -176,7 +200,7 @@ class _PageTable:
             inputs = self._inputs = PagedInputs(inputs.page_table, mapping)
         return inputs, places
 
-    def _held(self, plan: StepPlan) -> list[Allocation] | list[WindowPages]:
+    def _held(self, plan: StepPlan) -> Collection[Allocation | WindowPages]:
         """What the sequences of a plan have here."""
         index = self._window
         if index is None:
@@ -253,10 +277,9 @@ def _guessing(plan: StepPlan, count: int, page_size: int) -> Guessing:
 
 
 def _tokens(plan: StepPlan) -> list[int]:
-    """The tokens of a step, their positions, and where each sequence ends in it; only a decode has
-    tokens that the host does not know."""
+    """The tokens of a step, and then where each sequence ends in it; only a decode has tokens that
+    the host does not know."""
     tokens: list[int] = []
-    positions: list[int] = []
     ends: list[int] = []
     for index, sequence in enumerate(plan.sequences):
         known, start, count = sequence.tokens, plan.starts[index], plan.counts[index]
@@ -265,23 +288,10 @@ def _tokens(plan: StepPlan) -> list[int]:
             chunk = known[start:end]
             tokens += chunk
             tokens += [_ON_DEVICE] * (count - len(chunk))
-            positions += range(start, end)
         else:
             tokens.append(known[start] if start < len(known) else _ON_DEVICE)
-            positions.append(start)
         ends.append(end)
-    return tokens + positions + ends
-
-
-def _places(pages: list[int], start: int, end: int, size: int) -> list[int]:
-    """The slots of the tokens from position ``start`` to ``end``."""
-    slots: list[int] = []
-    while start < end:  # page by page
-        stop = min(end, start - start % size + size)
-        first = pages[start // size] * size + start % size
-        slots += range(first, first + stop - start)
-        start = stop
-    return slots
+    return tokens + ends
 
 
 def _put_guesses(plan: StepPlan, begins: list[int], token_ids: IntArray) -> None:

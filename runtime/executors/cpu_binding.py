@@ -45,7 +45,7 @@ class _Input:
         self.array, self.read = array, read
         self.given: NDArray[Any] | None = None
         self.source: memoryview | None = None
-        self.target = memoryview(array)
+        self.target = array.data
 
     def take(self, given: NDArray[Any]) -> None:
         """Copy another array than the last."""
@@ -53,7 +53,7 @@ class _Input:
         self.given, self.source = given, None
         if given.flags.writeable:
             if given.ndim == 1:
-                self.source = memoryview(given)
+                self.source = given.data
             else:
                 self.given = None
 
