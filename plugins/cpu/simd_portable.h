@@ -141,16 +141,18 @@ SLIPSTREAM_INLINE Ints splat(Pair16 a) {
   std::memcpy(&both, &a, sizeof(both));
   return splat(both);
 }
-// c and the products of the pairs' first integers and of their second.
+// c and the products of the pairs' first integers and of their second; what does not fit wraps around, as elsewhere.
 SLIPSTREAM_INLINE Ints fma(Ints a, Ints b, Ints c) {
 #if defined(__SSE2__)
-  return c + reinterpret_cast<Ints>(_mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+  const auto products = reinterpret_cast<Words>(
+      _mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
 #else
-  const Ints second = (a >> 16) * (b >> 16);
+  const Words second = reinterpret_cast<Words>((a >> 16) * (b >> 16));
   a = reinterpret_cast<Ints>(reinterpret_cast<Words>(a) << 16) >> 16;
   b = reinterpret_cast<Ints>(reinterpret_cast<Words>(b) << 16) >> 16;
-  return c + a * b + second;
+  const Words products = reinterpret_cast<Words>(a * b) + second;
 #endif
+  return reinterpret_cast<Ints>(reinterpret_cast<Words>(c) + products);
 }
 SLIPSTREAM_INLINE void store(int16_t* p, Floats a) {
   const Floats whole = round(a);

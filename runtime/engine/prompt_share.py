@@ -67,7 +67,7 @@ class PromptShare:
         tokens."""
         self._sizes = sizes
         self._times = StepTimes()
-        self._queue = False  # whether there was one when it was asked last
+        self._queue = False  # whether there was one when it was asked since a step landed
         self._queued = 0.0  # seconds in which there was, less those in which there was none
 
     def landed(self, decodes: int, prompts: int, seconds: float) -> None:
@@ -75,6 +75,7 @@ class PromptShare:
         self._times.add(decodes, prompts, seconds)
         queued = self._queued + (seconds if self._queue else -seconds)
         self._queued = min(max(0.0, queued), _LONGEST)
+        self._queue = False  # nobody asks while no prompt waits
 
     def most(self, decodes: int, speaking: int, silent: int, waiting: int) -> int | None:
         """The most tokens of prompts beside ``decodes`` tokens of as many sequences as are

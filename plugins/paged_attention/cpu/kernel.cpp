@@ -58,7 +58,7 @@ struct Rows {
   float* max;
   float* sum;
   float* scores;   // [heads, up to kRows, tile]
-  float* factors;  // [heads, tile]
+  float* scales;   // of values that a row sees, [heads, tile]
   int64_t heads;
   int64_t count;  // of each head
   int64_t tile;   // keys, in whole pages
@@ -142,7 +142,7 @@ void attend_tile(const Call& call, const Chunk& chunk, const Rows<Query>& rows, 
   };
   const auto high = [&](int64_t row) { return std::min(chunk.position + row / call.group + 1, end) - start; };
   float units[kMostRows] = {};
-  Weights weights[kMostRows];
+  SeenValues seen[kMostRows];
   const float most = most_of_probability(rows.tile);
   for (int64_t r = 0; r < rows.count; r += kRows) {
     const int64_t n = std::min<int64_t>(kRows, rows.count - r);
@@ -162,18 +162,20 @@ void attend_tile(const Call& call, const Chunk& chunk, const Rows<Query>& rows, 
     if constexpr (integers) {
       const int64_t whole = divide_up(block.last, kTogether) * kTogether;
       float max[kMostRows];
-      for_rows([&](int64_t at, int64_t row, const Scores& scores, int64_t from, int64_t to) {
-        max[at] = scale_scores(scores, block.first, whole, from, to, rows.max[row]);
+      for_rows([&](int64_t at, int64_t, const Scores& scores, int64_t from, int64_t to) {
+        max[at] = scale_scores(scores, block.first, whole, from, to);
       });
       for_rows([&](int64_t at, int64_t row, const Scores& scores, int64_t from, int64_t to) {
         const int64_t head = at / n;
-        Weights& weight = weights[head];
-        weight.factors = rows.factors + head * rows.tile;
-        weight.see(scores.key_scales, scores.value_scales, rows.tile, from, to, most);
-        units[at] = weight.unit;
-        const float sum = encode_scores(scores.values, block.first, whole, weight.factors, max[at]);
+        SeenValues& values = seen[head];
+        values.scales = rows.scales + head * rows.tile;
+        values.see(scores.key_scales, scores.value_scales, rows.tile, from, to);
+        const Encoded encoded = encode_scores(scores.values, block.first, whole, values.scales, max[at], most);
+        const float now = std::max(rows.max[row], max[at]);
+        const float lowered = max[at] == now ? 1.0f : std::exp2(max[at] - now);
+        units[at] = encoded.unit * lowered + values.nothing;
         scale_row(rows.out + row * call.out_width, call.out_width,
-                  add_sum(max[at], sum, rows.max + row, rows.sum + row));
+                  add_sum(now, encoded.sum * lowered, rows.max + row, rows.sum + row));
       });
     } else {
       for_rows([&](int64_t, int64_t row, const Scores& scores, int64_t from, int64_t to) {

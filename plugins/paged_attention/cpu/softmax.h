@@ -67,34 +67,29 @@ inline float most_of_probability(int64_t tile) {
   return static_cast<float>(std::min<int64_t>(INT16_MAX, INT32_MAX / INT8_MAX / tile));
 }
 
-// The keys of a tile that a row sees, and what brings their probabilities, times the scales of their values, to codes
-// of at most `most` in units of `unit`. They are those of no other keys, so they are the same in every chunk.
-struct Weights {
-  float* factors = nullptr;  // zero where no key is seen
+// The scales of the values of those keys of a tile that a row sees.
+struct SeenValues {
+  float* scales = nullptr;  // zero where no key is seen
   int64_t low = -1, high = -1;
-  float unit = 0.0f;
+  float nothing = 0.0f;  // NaN if a scale that is seen is none
 
-  void see(const float* key_scales, const float* value_scales, int64_t tile, int64_t from, int64_t to, float most) {
+  void see(const float* key_scales, const float* value_scales, int64_t tile, int64_t from, int64_t to) {
     if (low == from && high == to) return;
     low = from;
     high = to;
-    Floats largest = simd::splat(0.0f), nothing = simd::splat(0.0f);
+    Floats spoilt = simd::splat(0.0f);
     for (int64_t i = 0; i < tile; i += kLanes) {
       const Floats scale = simd::keep(simd::load(value_scales + i), low - i, high - i, simd::splat(0.0f));
       const Floats of_key = simd::keep(simd::load(key_scales + i), low - i, high - i, simd::splat(0.0f));
-      largest = simd::max(largest, scale);
-      nothing = simd::fma(scale + of_key, simd::splat(0.0f), nothing);  // or NaN
-      simd::store(factors + i, scale);
+      spoilt = simd::fma(scale + of_key, simd::splat(0.0f), spoilt);
+      simd::store(scales + i, scale);
     }
-    const float top = simd::reduce_max(largest);
-    unit = (top + simd::reduce_add(nothing)) / most;
-    const Floats inverse = simd::splat(top > kLeast ? most / top : 0.0f);
-    for (int64_t i = 0; i < tile; i += kLanes) simd::store(factors + i, simd::load(factors + i) * inverse);
+    nothing = simd::reduce_add(spoilt);
   }
 };
 
-// Scores [begin, end) of a row, in units of their keys' scales before, and the running maximum with them.
-inline float scale_scores(const Scores& row, int64_t begin, int64_t end, int64_t low, int64_t high, float before) {
+// Scores [begin, end) of a row, in units of their keys' scales before, and the largest of them.
+inline float scale_scores(const Scores& row, int64_t begin, int64_t end, int64_t low, int64_t high) {
   constexpr int n = kTogether / kLanes;
   float* scores = row.values;
   Floats largest[n];
@@ -117,18 +112,26 @@ inline float scale_scores(const Scores& row, int64_t begin, int64_t end, int64_t
     }
   }
   for (int v = 1; v < n; ++v) largest[0] = simd::max(largest[0], largest[v]);
-  return std::max(before, simd::reduce_max(largest[0]));
+  return simd::reduce_max(largest[0]);
 }
 
-// Turns them into codes of probabilities relative to the maximum, in place; returns the sum of the probabilities.
-inline float encode_scores(float* scores, int64_t begin, int64_t end, const float* factors, float max) {
+// A tile's sum of probabilities, and the unit of their codes times the scales of values.
+struct Encoded {
+  float sum;
+  float unit;
+};
+
+// Turns scores into codes, at most `most`, of probabilities relative to their largest `max`, times the scales of the
+// values, in place. The largest product has the largest code, and others are those of no other keys: so small ones,
+// beside a key that most look at and that says little, have as many digits as they can, and all are the same in every
+// chunk.
+inline Encoded encode_scores(float* scores, int64_t begin, int64_t end, const float* scales, float max, float most) {
   constexpr int n = kTogether / kLanes;
   const Floats shift = simd::splat(max == kNoScore ? 0.0f : max);
-  Floats total[n];
+  Floats total[n], largest[n];
 #pragma GCC unroll 4
-  for (int v = 0; v < n; ++v) total[v] = simd::splat(0.0f);
-  int16_t* codes = reinterpret_cast<int16_t*>(scores + begin);
-  for (int64_t i = begin; i < end; i += kTogether, codes += kTogether) {
+  for (int v = 0; v < n; ++v) total[v] = largest[v] = simd::splat(0.0f);
+  for (int64_t i = begin; i < end; i += kTogether) {
     Floats p[n];
 #pragma GCC unroll 4
     for (int v = 0; v < n; ++v) p[v] = simd::load(scores + i + v * kLanes) - shift;
@@ -136,12 +139,25 @@ inline float encode_scores(float* scores, int64_t begin, int64_t end, const floa
 #pragma GCC unroll 4
     for (int v = 0; v < n; ++v) {
       total[v] = total[v] + p[v];
-      p[v] = p[v] * simd::load(factors + i + v * kLanes);
+      p[v] = p[v] * simd::load(scales + i + v * kLanes);
+      largest[v] = simd::max(largest[v], p[v]);
+      simd::store(scores + i + v * kLanes, p[v]);
     }
+  }
+  for (int v = 1; v < n; ++v) {
+    total[0] = total[0] + total[v];
+    largest[0] = simd::max(largest[0], largest[v]);
+  }
+  const float top = simd::reduce_max(largest[0]);
+  const Floats inverse = simd::splat(top > kLeast ? most / top : 0.0f);
+  int16_t* codes = reinterpret_cast<int16_t*>(scores + begin);
+  for (int64_t i = begin; i < end; i += kTogether, codes += kTogether) {
+    Floats p[n];
+#pragma GCC unroll 4
+    for (int v = 0; v < n; ++v) p[v] = simd::load(scores + i + v * kLanes) * inverse;
     simd::store_codes(codes, p);
   }
-  for (int v = 1; v < n; ++v) total[0] = total[0] + total[v];
-  return simd::reduce_add(total[0]);
+  return {simd::reduce_add(total[0]), top / most};
 }
 
 // The running softmax of a row: its sums are in units of 2^max.

@@ -353,7 +353,8 @@ Case paged_attention(Random& random) {
   const int64_t kv_heads = random.in(1, 3), heads = kv_heads * random.in(1, 4), dim = 8 * random.in(1, 9);
   const int64_t page = 16 * random.in(1, 3), layers = random.in(1, 2), half = random.in(0, dim / 2);
   const int64_t parts = random.in(0, 2);
-  const Type type = random.of({Type::float32, Type::float16, Type::int8, Type::float8e4m3fn});
+  const Type type = random.of({Type::float32, Type::float16, Type::int8, Type::uint8, Type::float8e4m3fn});
+  const int64_t planes = type == Type::uint8 ? 3 : 2;
   const int64_t sequences = random.in(0, 4), longest = random.one_in(20) ? 3000 : 200;
   std::vector<int64_t> starts{0}, lengths;
   for (int64_t s = 0; s < sequences; ++s) {
@@ -373,14 +374,14 @@ Case paged_attention(Random& random) {
   inputs.push_back(random.tensor(Type::float32, {tokens, (heads + parts * kv_heads) * dim}));
   inputs.push_back(random.tensor(Type::float32, {tokens, half}));
   inputs.push_back(random.tensor(Type::float32, {tokens, half}));
-  inputs.push_back(random.tensor(type, {layers, pages, 2, kv_heads, page * dim}));
+  inputs.push_back(random.tensor(type, {layers, pages, planes, kv_heads, page * dim}));
   inputs.push_back(random.tensor(Type::int32, {sequences + 1}));
   inputs.push_back(random.tensor(Type::int32, {sequences}));
   for (int64_t s = 0; s <= sequences; ++s) put(*inputs[4], s, starts[size_t(s)]);
   for (int64_t s = 0; s < sequences; ++s) put(*inputs[5], s, lengths[size_t(s)]);
   inputs.push_back(random.tensor(Type::int32, {sequences, columns}, pages));
   inputs.push_back(random.tensor(Type::int32, {tokens}, pages * page));
-  const bool scaled = type == Type::int8;
+  const bool scaled = type == Type::int8 || type == Type::uint8;
   inputs.push_back(scaled ? std::optional(random.tensor(Type::float32, {layers, pages, 2, kv_heads, page}))
                           : std::nullopt);
   inputs.push_back(random.maybe(Type::float32, {dim}));

@@ -64,6 +64,32 @@ def test_more_prompts_than_half_the_time_takes_are_still_computed() -> None:
     assert ratio(bounded) < ratio(without)
 
 
+def test_seconds_after_a_queue_are_none_of_it() -> None:
+    """Those who waited have gone, and nothing waits while streams go on: what comes then is bounded
+    as if there never had been a queue."""
+    load = Load(streams=True)
+    for seed in range(8):
+        load.ask([seed] * 200, 3000)
+    while len(load.heard) < 8:
+        load.step()
+    load.ask([9] * 2000, 1, "chat")  # from which it is learned what prompts take
+    while len(load.heard) < 9:
+        load.step()
+    for seed in range(10, 50):
+        load.ask([seed] * 3000, 1, "chat")
+    load.step()
+    for number in range(9, 49):
+        load.loop.abort(f"chat {number}")
+    later = load.clock.now + 8
+    while load.clock.now < later:
+        load.step()
+    usual = load.device.steps[-1]
+    assert usual[:2] == (8, 0), "or something waits"
+    load.ask([50] * 3000, 1, "chat")
+    load.step(), load.step()
+    assert max(seconds for *_, seconds in load.device.steps[-2:]) < 2.2 * usual[2]
+
+
 @pytest.mark.parametrize("load", [Load(streams=False), Load(streams=True, kind="final")])
 def test_without_streams_steps_are_as_large_as_they_may_be(load: Load) -> None:
     load.run(64, 128, (512, 32))

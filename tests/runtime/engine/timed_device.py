@@ -95,7 +95,7 @@ class Load:
         engine = replace(engine, executor=self.device, vocab_size=1 << 17)
         self.loop = EngineLoop(engine, clock=self.clock, detokenizes=False, streams=self.streams)
         self._asked: dict[str, float] = {}
-        self._heard: dict[str, float] = {}
+        self.heard: dict[str, float] = {}  # when each was heard of last
 
     def ask(self, prompt: Sequence[int], tokens: int, kind: str = "stream") -> None:
         name = f"{kind} {len(self._asked)}"
@@ -109,11 +109,11 @@ class Load:
         for state in self.loop.advance():
             name, now = state.request.request_id, self.clock.now
             kind = name.partition(" ")[0]
-            if name not in self._heard:
+            if name not in self.heard:
                 self.first[kind].append(now - self._asked[name])
             elif kind == "stream":
-                self.gaps.append(now - self._heard[name])
-            self._heard[name] = now
+                self.gaps.append(now - self.heard[name])
+            self.heard[name] = now
             if state.finished and kind == "stream":
                 ended.append(name)
         return ended

@@ -12,11 +12,12 @@ from tests.tiny_models import save_tiny
 from slipstream import LLM, SamplingParams
 from slipstream.builder.build import build
 from slipstream.builder.options import BuildOptions, KVCacheDtype
-from slipstream.errors import CapacityError, InvalidRequestError
+from slipstream.errors import CapacityError, EngineMismatchError, InvalidRequestError
 from slipstream.runtime.config import RuntimeConfig
 
 PAGE_BYTES = 32 * 3 * 2 * 2 * 16 * 4  # tokens, layers, k and v, heads, elements, bytes of float32
-INT8_BYTES = PAGE_BYTES // 4 + PAGE_BYTES // 16  # and a scale a token and head
+# Of integers, and a scale a token and head.
+NARROW_BYTES = {"int8": PAGE_BYTES * 5 // 16, "k16v8": PAGE_BYTES * 7 // 16}
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=0)
 PROMPTS = [[first + i % 9 for i in range(80)] for first in (2, 20, 40)]
 Answer = list[tuple[int, float]]
@@ -38,7 +39,7 @@ def gib(num_bytes: int) -> float:
     return num_bytes / (1 << 30)
 
 
-@pytest.fixture(params=["float32", "int8", "window"])
+@pytest.fixture(params=["float32", "int8", "k16v8", "window"])
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Pages of one array, of two, and of two groups of caches."""
     kind: str = request.param
@@ -52,7 +53,7 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def test_answers_are_those_of_a_cache_with_room_to_the_bit(engine: Path) -> None:
     roomy, _ = answers(engine, 64 * PAGE_BYTES, 2)
-    page = INT8_BYTES if "int8" in engine.name else PAGE_BYTES
+    page = NARROW_BYTES.get(engine.name, PAGE_BYTES)
     tight, stats = answers(engine, 5 * page, 2, kv_offload_gib=gib(64 * PAGE_BYTES))
     assert tight == roomy
     assert stats.host_hits and stats.loaded.num_bytes and stats.stored.num_bytes
@@ -68,6 +69,19 @@ def test_a_file_survives_the_engine(tiny_engine: Path, tmp_path: Path) -> None:
     after, stats = answers(tiny_engine, 16 * PAGE_BYTES, **options)
     assert after == before
     assert stats.host_hits == len(PROMPTS) * 64
+
+
+def test_a_file_of_pages_that_lie_otherwise_is_refused(
+    tiny_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {
+        "kv_offload_gib": gib(64 * PAGE_BYTES),
+        "kv_offload_path": str(tmp_path / "kv"),
+    }
+    answers(tiny_engine, 16 * PAGE_BYTES, **options)
+    monkeypatch.setattr("slipstream.builder.engine.PAGE_LAYOUT", 0)
+    with pytest.raises(EngineMismatchError, match="another engine"):
+        answers(tiny_engine, 16 * PAGE_BYTES, **options)
 
 
 def test_options_that_do_nothing_are_refused(tiny_engine: Path) -> None:

@@ -330,6 +330,32 @@ def test_sums_of_the_largest_codes_fit(dtype: str, dim: int, size: float, isa: s
     np.testing.assert_allclose(output, expected, rtol=2e-4)
 
 
+@pytest.mark.parametrize("place", [0, 1000])
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_a_key_that_says_little_takes_no_digits_from_others(
+    dtype: str, place: int, isa: str
+) -> None:
+    """Many heads look at a first token that has hardly a value, or at nothing: what is left for
+    others are thousandths, and in sum all that they say. One large value, to which nobody looks,
+    is no measure either."""
+    case = Case(heads=1, kv_heads=1, head_dim=64, batch=((1100, 1100),), rotary=0)
+    inputs = case.inputs(dtype)
+    inputs.qkv[:] *= 0.2
+    query, key, value = np.split(inputs.qkv, 3, axis=1)
+    query[:, 3] = 4
+    key[:, 3] = 0
+    key[place] = 8 * 11 / 4 * np.eye(64, dtype=np.float32)[3]
+    key[500, 3] = -8
+    value += 0.5
+    value[place] *= 1e-3
+    value[500] *= 1e3
+    theirs = copy(inputs)
+    output = attention(inputs, case.attributes(), isa)[place + 1 :]
+    expected = reference.paged_attention(theirs, case.attributes())[place + 1 :]
+    errors = np.linalg.norm(output - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert errors.max() < 5e-4
+
+
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_what_is_no_number_stays_none(dtype: str, number: float, isa: str) -> None:
