@@ -249,15 +249,8 @@ class EngineLoop:
         assert (request.grammar is None) == (params.structured is None), "it is compiled before"
         jumps = request.grammar is not None and params.logprobs is None and self._jumps
         seed = self._seeds.getrandbits(32) if params.seed is None else params.seed
-        return sequences_of(
-            request,
-            next(self._arrivals),
-            self._clamp(request),
-            seed,
-            self._eos_token_ids,
-            jumps=jumps,
-            pooling=self._engine.pooling,
-        )
+        of = (request, next(self._arrivals), self._clamp(request), seed, self._eos_token_ids)
+        return sequences_of(*of, jumps=jumps, pooling=self._engine.pooling)
 
     def _clamp(self, request: Request) -> int:
         length, pools = len(request.prompt_token_ids), request.pooling is not None
