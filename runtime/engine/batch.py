@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import operator
-from array import array
 from collections.abc import Collection
+from struct import Struct
 
 import numpy as np
 
-from slipstream.builder.contract import STATES, CacheSpec
+from slipstream.builder.contract import STATES, TARGET_GRAPH, CacheSpec
 from slipstream.runtime.config import RuntimeConfig
 from slipstream.runtime.engine.cache_groups import group_caches
 from slipstream.runtime.engine.kv_cache import Allocation
@@ -20,21 +20,20 @@ from slipstream.runtime.engine.window_group import WindowPages
 
 _ROW = operator.attrgetter("row")
 _ON_DEVICE = -1
-_FEW = 64  # tokens that are looked at one by one in less time than NumPy's calls take
 
 
 class BatchBuilder:
     """Turns plans into ``StepBatch``. Most steps decode what the step before did: page tables are
     kept, so a decode copies no page list, and so are arrays that are as they were, which nobody may
-    write to."""
+    write to; others are written anew in place while steps have as many tokens of each sequence."""
 
     def __init__(self, config: RuntimeConfig, caches: tuple[CacheSpec, ...]) -> None:
         groups = group_caches(caches)
-        self._full = _PageTable(config, groups.full) if groups.full else None
-        self._windows = [_PageTable(config, names) for names in groups.windows.values()]
-        self._counter = _read_only(np.arange(config.max_num_tokens + 1, dtype=np.int32))
+        self._tables = [_PageTable(config, groups.full)] if groups.full else []
+        for index, names in enumerate(groups.windows.values()):
+            self._tables.append(_PageTable(config, names, window=index))
         self._page_size = config.page_size
-        self._runs = _Runs([], self._counter)
+        self._numbers = _Numbers([], len(self._tables))
         self._slots, self._sampling_slots, self._logits_rows = _Kept(), _Kept(), _Kept()
 
     def build(
@@ -46,38 +45,47 @@ class BatchBuilder:
         ``plan`` is the scheduler's latest; ``outputs`` are wanted of the graph beside what it needs
         of it.
         """
-        runs = self._runs
-        if runs.counts != plan.counts:
-            runs = self._runs = _Runs(plan.counts, self._counter)
+        numbers = self._numbers
+        if numbers.counts != plan.counts:
+            numbers = self._numbers = _Numbers(plan.counts, len(self._tables))
         rows = list(map(_ROW, plan.sequences))
         slots = self._slots.of(rows)
-        token_ids, starts, ends = _columns(plan)
-        positions = runs.positions(starts)
+        written = _tokens(plan)
+        if numbers.owners is None:
+            written += plan.starts
+        else:
+            numbers.put_positions(plan.starts)
         pages: dict[str, PagedInputs] = {}
-        if self._full is not None:
-            pages = self._full.inputs(rows, slots, plan.allocations, runs, plan.starts, positions)
-        for index, table in enumerate(self._windows):
-            held = [allocation.windows[index] for allocation in plan.allocations]
-            pages |= table.inputs(rows, slots, held, runs, plan.starts, positions)
-        wanted = _Wanted(plan, runs.begins)
+        for index, table in enumerate(self._tables):
+            inputs, places = table.inputs(rows, slots, plan, numbers.slot_mappings[index])
+            if numbers.owners is None:
+                written += places
+            else:
+                numbers.put_slots(inputs, self._page_size)
+            for name in table.names:
+                pages[name] = inputs
+        numbers.write(written)
+        wanted = _Wanted(plan, numbers.begins)
         if plan.guesses:
-            _put_guesses(plan, runs.begins, token_ids)
-        batch = StepBatch(
-            token_ids=token_ids,
-            positions=positions,
-            query_start=runs.query_start,
-            context_len=ends,
-            logits_rows=self._logits_rows.of(wanted.rows),
-            sampling=wanted.sampling,
-            slots=slots,
-            sampling_slots=self._sampling_slots.of(wanted.slots),
-            pages=pages,
-            outputs=wanted.outputs + outputs,
-            drafts=plan.drafts,
-            moves=plan.moves,
-            transfers=plan.transfers.copies,
-            guessing=None if plan.ahead is None else _guessing(plan, plan.ahead, self._page_size),
+            _put_guesses(plan, numbers.begins, numbers.token_ids)
+        batch = StepBatch(  # by place: by name it takes twice as long
+            numbers.token_ids,
+            numbers.positions,
+            numbers.query_start,
+            numbers.context_len,
+            self._logits_rows.of(wanted.rows),
+            wanted.sampling,
+            slots,
+            self._sampling_slots.of(wanted.slots),
+            pages,
+            TARGET_GRAPH,
+            wanted.outputs + outputs,
+            plan.drafts,
+            plan.moves,
+            plan.transfers.copies,
         )
+        if plan.ahead is not None:
+            batch.guessing = _guessing(plan, plan.ahead, self._page_size)
         return batch, wanted.owners, wanted.positions
 
 
@@ -97,84 +105,107 @@ class _Kept:
         return self._array
 
 
-class _Runs:
-    """How the tokens of sequences lie in a step, of which each has ``counts`` of them.
+class _Numbers:
+    """What changes from step to step while each of the sequences has as many tokens: ``token_ids``,
+    ``context_len``, ``positions`` and the ``slot_mappings`` of some page tables are parts of one
+    array, which is written anew for every step. ``begins`` and ``query_start`` are where sequences
+    begin, and the end; ``owners`` says whose each token is, None: each sequence has one."""
 
-    ``query_start`` and ``begins`` are where they begin, and the end; ``owners`` is of every token
-    which of the sequences it belongs to. Where they ``are_few`` each has one.
-    """
+    __slots__ = (
+        "_memory",
+        "_pack",
+        "begins",
+        "context_len",
+        "counts",
+        "owners",
+        "positions",
+        "query_start",
+        "slot_mappings",
+        "token_ids",
+    )
 
-    __slots__ = ("_places", "are_few", "begins", "counts", "owners", "query_start")
-
-    def __init__(self, counts: list[int], counter: IntArray) -> None:
-        """``counter`` counts from 0 to the most tokens of a step."""
+    def __init__(self, counts: list[int], num_tables: int) -> None:
         self.counts, self.begins = counts, [0, *itertools.accumulate(counts)]
-        total, size = self.begins[-1], len(counts)
-        self.query_start, self.owners = counter[: size + 1], counter[:size]
-        self.are_few = total == size <= _FEW
-        self._places: IntArray | None = None  # of every token in its run; None: all are the first
-        if total != size:
-            self.query_start = _read_only(np.array(self.begins, np.int32))
-            self.owners = _read_only(self.owners.repeat(counts))
-            self._places = counter[:total] - self.query_start[self.owners]
+        self.query_start = _read_only(np.array(self.begins, np.int32))
+        tokens, sequences = self.begins[-1], len(counts)
+        listed = tokens + sequences  # of the array, from lists
+        whole = np.zeros(listed + (1 + num_tables) * tokens, np.int32)
+        self.token_ids, self.context_len = whole[:tokens], whole[tokens:listed]
+        self.positions, *self.slot_mappings = whole[listed:].reshape(1 + num_tables, tokens)
+        self.owners: IntArray | None = None
+        if tokens == sequences:
+            listed = len(whole)
+        else:
+            self.owners = np.arange(sequences, dtype=np.int32).repeat(counts)
+        self._memory, self._pack = whole.data, Struct(f"{listed}i").pack_into
 
-    def positions(self, starts: IntArray) -> IntArray:
-        """Of every token, where sequences go on from ``starts``."""
-        return starts if self._places is None else starts[self.owners] + self._places
+    def write(self, numbers: list[int]) -> None:
+        """Make these the tokens, and where sequences end; and the rest, where each has one token:
+        a list is packed by less code than NumPy walks through."""
+        self._pack(self._memory, 0, *numbers)
+
+    def put_positions(self, starts: list[int]) -> None:
+        """Write those of sequences that go on from ``starts``."""
+        assert self.owners is not None, "else there is one token of each"
+        firsts = np.array(starts, np.int32) - self.query_start[:-1]
+        np.add(firsts[self.owners], np.arange(len(self.owners), dtype=np.int32), out=self.positions)
+
+    def put_slots(self, inputs: PagedInputs, page_size: int) -> None:
+        """Write where the tokens at these positions lie into the slot mapping."""
+        page, offset = np.divmod(self.positions, np.int32(page_size))
+        np.multiply(inputs.page_table[self.owners, page], page_size, out=inputs.slot_mapping)
+        inputs.slot_mapping += offset
 
 
 class _PageTable:
     """The pages of all running sequences in the caches of one group."""
 
-    def __init__(self, config: RuntimeConfig, names: tuple[str, ...]) -> None:
+    def __init__(
+        self, config: RuntimeConfig, names: tuple[str, ...], window: int | None = None
+    ) -> None:
+        """``window`` is which of an allocation's windows has them; None: those of all tokens."""
         columns = -(-config.max_seq_len // config.page_size)
-        self._names = names
+        self.names, self._window = names, window
         self._page_size = config.page_size
         self._table = np.zeros((config.max_batch_size, columns), np.int32)
-        # What the last step had of it, and of which rows.
-        self._shown = _read_only(self._table[:0].copy())
+        # What the last step had of it, of which rows, and how wide.
+        nothing = _read_only(self._table[0, :0].copy())
+        self._inputs = PagedInputs(nothing, nothing)
         self._rows: IntArray | None = None
+        self._width = 0
 
     def inputs(
-        self,
-        rows: list[int],
-        slots: IntArray,
-        held: Collection[Allocation | WindowPages],
-        runs: _Runs,
-        starts: list[int],
-        positions: IntArray,
-    ) -> dict[str, PagedInputs]:
-        """The ``rows`` of the table, which are ``slots``, too, brought up to date, and the slot of
-        every token; the caches of a group share them."""
-        width, changed = self._sync(rows, held)
-        table = self._shown
-        if changed or self._rows is not slots or table.shape[1] != width:
-            table = self._shown = _read_only(self._table[slots, :width])
-            self._rows = slots
-        size = self._page_size
-        if runs.are_few:
-            places = zip(held, starts, strict=True)
-            mapping = _int32([e.pages[at // size] * size + at % size for e, at in places])
-        else:
-            page, offset = np.divmod(positions, np.int32(size))
-            mapping = table[runs.owners, page]
-            mapping *= np.int32(size)
-            mapping += offset
-        return dict.fromkeys(self._names, PagedInputs(table, mapping))
-
-    def _sync(
-        self, rows: list[int], held: Collection[Allocation | WindowPages]
-    ) -> tuple[int, bool]:
-        """Bring rows up to date; the largest page count, and whether a row has changed."""
-        width, changed = 0, False
-        for row, each in zip(rows, held, strict=True):
-            total = len(each.pages)
+        self, rows: list[int], slots: IntArray, plan: StepPlan, mapping: IntArray
+    ) -> tuple[PagedInputs, list[int]]:
+        """The ``rows`` of the table, which are ``slots``, too, brought up to date, beside the
+        ``mapping``, and the slots of the first tokens of sequences, which are to be in that where
+        those are all; the caches of a group share them."""
+        size, width, changed = self._page_size, 0, False
+        places: list[int] = []
+        for index, each in enumerate(self._held(plan)):
+            start, pages = plan.starts[index], each.pages
+            total = len(pages)
             if total > width:
                 width = total
             if each.synced < total:
-                self._table[row, each.synced : total] = each.pages[each.synced :]
+                self._table[rows[index], each.synced : total] = pages[each.synced :]
                 each.synced, changed = total, True
-        return width, changed
+            places.append(pages[start // size] * size + start % size)
+        inputs = self._inputs
+        if changed or self._rows is not slots or self._width != width:
+            self._rows, self._width = slots, width
+            table = _read_only(self._table[slots, :width])
+            inputs = self._inputs = PagedInputs(table, mapping)
+        elif inputs.slot_mapping is not mapping:
+            inputs = self._inputs = PagedInputs(inputs.page_table, mapping)
+        return inputs, places
+
+    def _held(self, plan: StepPlan) -> Collection[Allocation | WindowPages]:
+        """What the sequences of a plan have here."""
+        index = self._window
+        if index is None:
+            return plan.allocations
+        return [allocation.windows[index] for allocation in plan.allocations]
 
 
 class _Wanted:
@@ -190,16 +221,8 @@ class _Wanted:
         self.positions: list[int] = []
         self.slots: list[int] = []
         self.outputs: tuple[str, ...] = ()  # of the graph, beside its logits
-        chunks = zip(
-            plan.sequences,
-            plan.starts,
-            plan.counts,
-            plan.drafts,
-            plan.outputs,
-            begins,
-            strict=False,  # there is one more of begins, the end
-        )
-        for sequence, start, count, drafts, output, begin in chunks:
+        for index, sequence in enumerate(plan.sequences):
+            start, count, begin = plan.starts[index], plan.counts[index], begins[index]
             if sequence.prompt_logprobs is not None:
                 for position in _unscored(sequence, start, start + count):
                     row = _new_row(sequence, sequence.tokens[position + 1])
@@ -211,9 +234,9 @@ class _Wanted:
                 row.position, row.pooled = wanted.start, True
                 for position in wanted:
                     self._add(begin + position - start, row, sequence, -1)
-            elif output >= 0:
-                at = begin + count - 1 - drafts
-                self._add_run(sequence, at, output, drafts)
+            elif (output := plan.outputs[index]) >= 0:
+                drafts = plan.drafts[index]
+                self._add_run(sequence, begin + count - 1 - drafts, output, drafts)
 
     def _add_run(self, sequence: Sequence, at: int, output: int, drafts: int) -> None:
         """The rows from ``at`` on that sample the output from ``output`` on."""
@@ -237,11 +260,6 @@ class _Wanted:
         self.slots.append(slot)
 
 
-def _int32(numbers: list[int]) -> IntArray:
-    """An array of some numbers, in less code than NumPy walks through to find out what they are."""
-    return np.frombuffer(array("i", numbers), np.int32)
-
-
 def _read_only(numbers: IntArray) -> IntArray:
     numbers.flags.writeable = False
     return numbers
@@ -258,30 +276,22 @@ def _guessing(plan: StepPlan, count: int, page_size: int) -> Guessing:
     return Guessing(count, np.array(following, np.int32), np.array(held, np.int32))
 
 
-def _columns(plan: StepPlan) -> tuple[IntArray, IntArray, IntArray]:
-    """The tokens of a step, and where those of each sequence begin and end in it; int32."""
-    ends = list(map(operator.add, plan.starts, plan.counts))
-    lists = _tokens(plan), plan.starts, ends
-    if len(lists[0]) == len(ends):  # one array costs less than three
-        size, whole = len(ends), _int32([*lists[0], *lists[1], *lists[2]])
-        tokens, starts, ended = whole[:size], whole[size : 2 * size], whole[2 * size :]
-    else:
-        tokens, starts, ended = map(_int32, lists)
-    return tokens, starts, ended
-
-
 def _tokens(plan: StepPlan) -> list[int]:
-    """The tokens of a step; only a decode has some that the host does not know."""
+    """The tokens of a step, and then where each sequence ends in it; only a decode has tokens that
+    the host does not know."""
     tokens: list[int] = []
-    for sequence, start, count in zip(plan.sequences, plan.starts, plan.counts, strict=True):
-        known = sequence.tokens
+    ends: list[int] = []
+    for index, sequence in enumerate(plan.sequences):
+        known, start, count = sequence.tokens, plan.starts[index], plan.counts[index]
+        end = start + count
         if count > 1:
-            chunk = known[start : start + count]
+            chunk = known[start:end]
             tokens += chunk
             tokens += [_ON_DEVICE] * (count - len(chunk))
         else:
             tokens.append(known[start] if start < len(known) else _ON_DEVICE)
-    return tokens
+        ends.append(end)
+    return tokens + ends
 
 
 def _put_guesses(plan: StepPlan, begins: list[int], token_ids: IntArray) -> None:

@@ -203,10 +203,13 @@ class EngineLoop:
         finally:
             self._health.ended()
         changed, self._changed = self._changed, {}
+        told = []
         for state in changed:
             if state.error is not None:
                 self._settle(state)
-        return [state for state in changed if state.request.request_id != PROBE]
+            if state.request.request_id != PROBE:
+                told.append(state)
+        return told
 
     def prepare(self) -> bool:
         """Do what later steps are quicker for, while there is no work; False: all is done."""
@@ -246,15 +249,8 @@ class EngineLoop:
         assert (request.grammar is None) == (params.structured is None), "it is compiled before"
         jumps = request.grammar is not None and params.logprobs is None and self._jumps
         seed = self._seeds.getrandbits(32) if params.seed is None else params.seed
-        return sequences_of(
-            request,
-            next(self._arrivals),
-            self._clamp(request),
-            seed,
-            self._eos_token_ids,
-            jumps=jumps,
-            pooling=self._engine.pooling,
-        )
+        of = (request, next(self._arrivals), self._clamp(request), seed, self._eos_token_ids)
+        return sequences_of(*of, jumps=jumps, pooling=self._engine.pooling)
 
     def _clamp(self, request: Request) -> int:
         length, pools = len(request.prompt_token_ids), request.pooling is not None
@@ -294,7 +290,7 @@ class EngineLoop:
             seconds = self._steps.landed(sum(flight.plan.counts))
         if STATES in result.outputs:
             result.failed |= broken_states(flight.rows, result.outputs[STATES])
-        if len(result.failed) < max(len(flight.rows), 1):
+        if not result.failed or len(result.failed) < len(flight.rows):
             self._health.succeeded()
         if result.failed:
             self._fail_rows(flight.owners, result.failed)
@@ -321,24 +317,25 @@ class EngineLoop:
 
     def _take(self, flight: Flight, result: StepResult) -> None:
         """Give every logits row's answer to its sequence and end those that are complete."""
-        now, answers = self._clock(), zip(result.token_ids, result.logprobs, strict=True)
-        rows = zip(flight.owners, flight.rows, flight.positions, answers, strict=True)
-        for sequence, row, position, (token, logprobs) in rows:
+        assert len(result.token_ids) == len(flight.owners), "a token for every row"
+        now = self._clock()
+        for index, sequence in enumerate(flight.owners):
+            token, position = result.token_ids[index], flight.positions[index]
             # It ended while the step was on its way, or with a token before this one of its run.
             if sequence.finish_reason or token == REJECTED:
                 continue
-            if row.target is not None:
+            if flight.rows[index].target is not None:
                 scores = sequence.prompt_logprobs
                 assert scores is not None
                 if position == len(scores):  # a preempted one may be scored twice
-                    scores.append(logprobs)
+                    scores.append(result.logprobs[index])
                 continue
             # Else the step was on its way when the token was forced.
             if not (sequence.jumps and position < len(sequence.output)):
                 state = self._requests[sequence.request.request_id]
                 completion = state.completions[sequence.index]
                 try:
-                    completion.take(token, logprobs)
+                    completion.take(token, result.logprobs[index])
                     if sequence.jumps:
                         completion.jump()
                 except SlipstreamError as error:  # of the tokenizer, or of the form

@@ -171,16 +171,14 @@ class Scheduler:
         A sequence that ended or lost its pages while the step was on its way has nothing there.
         Guesses count when they are accepted.
         """
-        chunks = zip(
-            plan.sequences, plan.starts, plan.counts, plan.drafts, plan.allocations, strict=True
-        )
         if self._share is not None:
             decodes = sum(plan.counts[: plan.num_decodes])
             self._share.landed(decodes, sum(plan.counts) - decodes, seconds)
         if plan.transfers is not NO_TRANSFERS:
             self.kv.landed(plan.transfers)
-        for sequence, start, count, drafts, allocation in chunks:
-            if drafts:
+        for index, sequence in enumerate(plan.sequences):
+            count, allocation = plan.counts[index], plan.allocations[index]
+            if drafts := plan.drafts[index]:
                 count -= drafts
                 sequence.num_drafted -= drafts
             if sequence.allocation is allocation:
@@ -190,7 +188,7 @@ class Scheduler:
                 handover = sequence.request.handover
                 if handover is not None and sequence.hands_over:
                     self.kv.handovers.store(handover, allocation)
-            if sequence.followers and start + count >= sequence.prompt_len:
+            if sequence.followers and plan.starts[index] + count >= sequence.prompt_len:
                 for follower in sequence.followers:
                     follower.leader = sequence
                     self.add(follower)

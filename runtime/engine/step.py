@@ -65,7 +65,7 @@ class SamplingRow:
         return self.constraint.after(self.drafts)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PagedInputs:
     """Where a step finds and puts what it keeps in one paged cache; int32.
 
@@ -95,7 +95,8 @@ class StepBatch:
     ``query_start[S+1]``, ``context_len[S]`` (tokens in the cache after this step),
     ``logits_rows[L]`` (token rows whose logits are wanted), one ``SamplingRow`` a logits row, and
     the ``pages`` of every paged cache by its name. ``outputs`` names what is wanted of the graph
-    beside its logits.
+    beside its logits. Arrays that can be written to may change with the next batch: they are read
+    before it is built.
 
     ``slots[S]`` numbers each sequence from 0 below ``max_batch_size``, unchanged while it runs. A
     device that runs ahead keeps the last sampled token of every slot: ``sampling_slots[L]`` says

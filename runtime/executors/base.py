@@ -68,7 +68,8 @@ class Executor(Protocol):
     def submit(self, batch: StepBatch) -> StartedStep:
         """Make the moves of a step and start its layers; may return before the device is done.
 
-        The sampling rows of ``batch`` belong to the sequences and change with the next batch.
+        The sampling rows of ``batch`` belong to the sequences and change with the next batch, as
+        those of its arrays do that can be written to.
         """
         ...
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,6 @@ from slipstream.runtime.speculation.proposer import OFF
 DEFAULT_KV_BYTES = 4 << 30
 _ONNX_FLOAT8 = 17  # TensorProto.FLOAT8E4M3FN, which NumPy has no type for
 _CACHED_BINDINGS = 64
-_TABLE_SHAPE = attrgetter("page_table.shape")
 MAX_DRAFTS = 7
 _PRODUCTS = 4  # of a layer that each wait for the one before: q/k/v, o, gate/up and down
 _LEAST_SHARE = 100_000  # bytes
@@ -220,10 +218,10 @@ class CPUExecutor(CPUHost):
 
     def _binding(self, batch: StepBatch) -> Binding:
         rows = len(batch.logits_rows)
-        key = (
-            *(batch.graph, batch.outputs, len(batch.token_ids), rows),
-            *map(_TABLE_SHAPE, batch.pages.values()),
-        )
+        shape = [batch.graph, batch.outputs, len(batch.token_ids), rows]
+        for inputs in batch.pages.values():
+            shape += inputs.page_table.shape
+        key = tuple(shape)
         binding = self._bindings.get(key)
         if binding is None:
             graph = self._graphs[batch.graph]

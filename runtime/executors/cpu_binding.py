@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,13 +35,27 @@ class Graph:
         return [self.outputs[name] for name in names]
 
 
-@dataclass(slots=True)
 class _Input:
-    """An array that is bound, and what it holds if nobody can have changed that since."""
+    """An array that is bound, and the one that it was filled from; if others may write to that, it
+    is read through ``source``, which is less code than NumPy walks through, into ``target``."""
 
-    array: NDArray[Any]
-    read: Callable[[StepBatch], NDArray[Any]]
-    held: NDArray[Any] | None = None
+    __slots__ = ("array", "given", "read", "source", "target")
+
+    def __init__(self, array: NDArray[Any], read: Callable[[StepBatch], NDArray[Any]]) -> None:
+        self.array, self.read = array, read
+        self.given: NDArray[Any] | None = None
+        self.source: memoryview | None = None
+        self.target = array.data
+
+    def take(self, given: NDArray[Any]) -> None:
+        """Copy another array than the last."""
+        self.array[...] = given
+        self.given, self.source = given, None
+        if given.flags.writeable:
+            if given.ndim == 1:
+                self.source = given.data
+            else:
+                self.given = None
 
 
 class Binding:
@@ -69,6 +82,7 @@ class Binding:
         arrays of the step before."""
         for each in self._inputs:
             given = each.read(batch)
-            if given is not each.held:
-                each.array[...] = given
-                each.held = None if given.flags.writeable else given
+            if given is not each.given:
+                each.take(given)
+            elif each.source is not None:
+                each.target[:] = each.source

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,6 @@ from slipstream.runtime.sampling.logits_processors import edits_logits, process_
 from slipstream.runtime.structured.masks import MaskFiller
 
 Logits = NDArray[np.float32]
-_CONSTRAINT = attrgetter("constraint")
 # Of every row the first token of those with the largest logit, and that logit: NaN if the row has
 # one. Where it is not finite the token means nothing.
 Tops = tuple[list[int], Sequence[float | np.float32]]
@@ -51,7 +49,10 @@ class Sampler:
     def constrain(self, rows: Sequence[SamplingRow]) -> None:
         """Find out what may come next in rows that have a form; before ``sample``, and when the
         host knows their output."""
-        held = list(filter(_CONSTRAINT, rows))
+        held = []
+        for row in rows:
+            if row.constraint is not None:
+                held.append(row)
         if not held:
             return
         masks = np.empty((len(held), self._filler.words), np.int32)
@@ -127,7 +128,7 @@ def likeliest(tops: Tops) -> StepResult:
     """The result of rows of which nothing is asked but the first of the largest logits."""
     tokens, peaks = tops
     result = StepResult(tokens, [None] * len(tokens))
-    if not all(map(math.isfinite, peaks)):
+    if not math.isfinite(sum(peaks)):
         for index, peak in enumerate(peaks):
             if not math.isfinite(peak):
                 tokens[index], result.failed[index] = -1, broken_row(peak)

@@ -84,6 +84,29 @@ def test_a_token_on_its_way_is_left_to_the_device() -> None:
     assert row.output is only.output and not only.output
 
 
+def test_decodes_are_told_in_the_arrays_of_the_step_before() -> None:
+    scheduler, builder = Scheduler(CONFIG, 16), BatchBuilder(CONFIG, CACHES)
+    scheduler.add(only := sequence([1, 2], 7))
+    told = []
+    for token in range(3, 7):
+        plan = scheduler.schedule()
+        batch, *_ = builder.build(plan)
+        changing = (batch.token_ids, batch.positions, batch.context_len)
+        told.append((changing, [array.tolist() for array in changing]))
+        scheduler.commit(plan, 0.0)
+        only.append(token)
+
+    arrays, numbers = zip(*told, strict=True)
+    assert list(numbers) == [
+        [[1, 2], [0, 1], [2]],
+        [[3], [2], [3]],
+        [[4], [3], [4]],
+        [[5], [4], [5]],
+    ]
+    kept = zip(arrays[1], arrays[3], strict=True)
+    assert all(before is after for before, after in kept), "they are written anew"
+
+
 def test_a_scored_prompt_asks_for_each_row_once() -> None:
     scheduler, builder = Scheduler(CONFIG, 16), BatchBuilder(CONFIG, CACHES)
     scored = sequence(list(range(20)), 1, SamplingParams(prompt_logprobs=0))

@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from slipstream import SamplingParams
+from slipstream.builder.contract import KV
 from slipstream.runtime.engine.step import StepBatch
 from slipstream.runtime.executors.base import StartedStep
 from slipstream.runtime.executors.cpu import CPUExecutor
@@ -42,6 +43,14 @@ def test_arrays_that_may_have_changed_are_written_again(
         own = replace(last, token_ids=_tokens(9))
         found = [executor.logits(own)]
         own.token_ids[0] = 10
+        found.append(executor.logits(own))
+
+        paged = last.pages[KV]
+        others = replace(paged, page_table=paged.page_table + 1)
+        expected.append(executor.logits(replace(last, pages={KV: others})))
+        own = replace(last, pages={KV: replace(paged, page_table=paged.page_table.copy())})
+        executor.logits(own)
+        own.pages[KV].page_table[:] += 1
         found.append(executor.logits(own))
     assert not np.array_equal(expected[0], expected[1])
     np.testing.assert_array_equal(found, expected)
