@@ -153,8 +153,9 @@ class _Numbers:
     def put_slots(self, inputs: PagedInputs, page_size: int) -> None:
         """Write where the tokens at these positions lie into the slot mapping."""
         page, offset = np.divmod(self.positions, np.int32(page_size))
-        np.multiply(inputs.page_table[self.owners, page], page_size, out=inputs.slot_mapping)
-        inputs.slot_mapping += offset
+        mapping = inputs.slot_mapping
+        np.multiply(inputs.page_table[self.owners, page], page_size, out=mapping)
+        mapping += offset
 
 
 class _PageTable:

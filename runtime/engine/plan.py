@@ -27,7 +27,7 @@ class StepPlan:
     token; the device adds the rest. ``transfers``, in their order, and then ``moves`` are made
     before anything is computed. ``ahead`` is how many tokens of each sequence the device is to
     guess after them, None where it has no head; ``offered``, where it leads, how many it has
-    guessed of each decode before.
+    guessed of each decode before. ``queued``: more prompts wait than are soon computed.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
@@ -43,6 +43,7 @@ class StepPlan:
     admitted: list[Sequence] = field(default_factory=list)
     ahead: int | None = None
     offered: list[int] | None = None
+    queued: bool = False
 
     def add(self, sequence: Sequence, count: int) -> None:
         """Compute ``count`` more tokens of ``sequence``; sample the next if that is all of them."""

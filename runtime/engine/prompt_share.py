@@ -67,15 +67,18 @@ class PromptShare:
         tokens."""
         self._sizes = sizes
         self._times = StepTimes()
-        self._queue = False  # whether there was one when it was asked since a step landed
         self._queued = 0.0  # seconds in which there was, less those in which there was none
 
-    def landed(self, decodes: int, prompts: int, seconds: float) -> None:
-        """Take into account what a step took that had so many tokens of either."""
+    def landed(self, decodes: int, prompts: int, seconds: float, queued: bool) -> None:
+        """Take into account what a step took that had so many tokens of either; ``queued``: which
+        was planned beside a queue."""
         self._times.add(decodes, prompts, seconds)
-        queued = self._queued + (seconds if self._queue else -seconds)
-        self._queued = min(max(0.0, queued), _LONGEST)
-        self._queue = False  # nobody asks while no prompt waits
+        total = self._queued + (seconds if queued else -seconds)
+        self._queued = min(max(0.0, total), _LONGEST)
+
+    def is_queue(self, waiting: int) -> bool:
+        """Whether so many tokens of prompts that wait are a queue."""
+        return waiting * self._times.of_prompt_token > _SHORT
 
     def most(self, decodes: int, speaking: int, silent: int, waiting: int) -> int | None:
         """The most tokens of prompts beside ``decodes`` tokens of as many sequences as are
@@ -84,7 +87,6 @@ class PromptShare:
         each = self._times.of_prompt_token
         if not each:
             return None
-        self._queue = waiting * each > _SHORT
         share = _SHARE * max(1.0, 1.0 + self._queued - _BURST)
         pace = self._times.of_decodes(decodes + decodes * silent // speaking)
         spare = (1.0 + share) * pace - self._times.of_decodes(decodes)

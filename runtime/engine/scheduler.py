@@ -173,7 +173,7 @@ class Scheduler:
         """
         if self._share is not None:
             decodes = sum(plan.counts[: plan.num_decodes])
-            self._share.landed(decodes, sum(plan.counts) - decodes, seconds)
+            self._share.landed(decodes, sum(plan.counts) - decodes, seconds, plan.queued)
         if plan.transfers is not NO_TRANSFERS:
             self.kv.landed(plan.transfers)
         for index, sequence in enumerate(plan.sequences):
@@ -332,6 +332,7 @@ class Scheduler:
         speaking = len(plan.sequences)
         silent = min(len(prefills) + len(self.waiting), self._config.max_batch_size - speaking)
         most = self._share.most(sum(plan.counts), speaking, silent, waiting)
+        plan.queued = self._share.is_queue(waiting)
         return self._max_beside if most is None else most
 
     def _prefill(self, plan: StepPlan, prefills: list[Sequence], budget: int) -> None:

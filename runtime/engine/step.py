@@ -65,7 +65,7 @@ class SamplingRow:
         return self.constraint.after(self.drafts)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class PagedInputs:
     """Where a step finds and puts what it keeps in one paged cache; int32.
 

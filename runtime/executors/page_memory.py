@@ -77,7 +77,8 @@ def whole_regions(pages: int, page_bytes: int) -> int:
     """So many pages of ``page_bytes`` a layer, ``pages`` at least, that every layer's begin where a
     huge page may; ``pages`` where that would double them. The others are never written."""
     step = _HUGE // math.gcd(_HUGE, page_bytes)
-    return pages if pages < step else -(-pages // step) * step
+    more = -(-pages // step) * step
+    return more if more < 2 * pages else pages
 
 
 def free_bytes() -> int:

@@ -33,7 +33,7 @@ from slipstream.runtime.structured.masks import MaskFiller
 Logits = NDArray[np.float32]
 # Of every row the first token of those with the largest logit, and that logit: NaN if the row has
 # one. Where it is not finite the token means nothing.
-Tops = tuple[list[int], Sequence[float | np.float32]]
+Tops = tuple[list[int], Sequence[float]]
 
 
 class Sampler:
@@ -137,7 +137,7 @@ def likeliest(tops: Tops) -> StepResult:
 
 def _search(logits: Logits) -> Tops:
     tokens: list[int] = logits.argmax(axis=1).tolist()
-    return tokens, [logits[index, token] for index, token in enumerate(tokens)]
+    return tokens, [float(logits[index, token]) for index, token in enumerate(tokens)]
 
 
 def _are_plain(rows: Sequence[SamplingRow]) -> bool:

@@ -40,7 +40,7 @@ SLIPSTREAM_INLINE void multiply_block(const Left<typename B::Element>* a, int64_
   for (int r = 0; r < rows; r += 3) left[r / 3] = a + r * a_stride;
   for (int64_t done = 0, panel = 0; done < b.depth; done += b.panel_depth, ++panel) {
     const T* right = b.panel(panel, column);
-    [[maybe_unused]] const char* ahead = b.panel_ahead(panel, column, vectors * kLanes);
+    [[maybe_unused]] const char* ahead = b.panel_ahead(panel, column, partial ? count : vectors * kLanes);
     const int64_t depth = b.depth - done < b.panel_depth ? b.depth - done : b.panel_depth;
     for (int64_t k = 0; k < depth; ++k, right += b.stride) {
       if constexpr (!B::in_strips) {

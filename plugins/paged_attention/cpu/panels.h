@@ -58,7 +58,7 @@ struct Panels {
 
   const T* panel(int64_t i, int64_t column) const { return data[i] + column; }
   // While b is read by blocks of `width` columns through all panels, those ahead are asked for from front to back:
-  // memory gives more in this order than a line here and there.
+  // memory gives more in this order than a line here and there. A run that crosses the end of one goes on behind it.
   const char* panel_ahead(int64_t i, int64_t column, int64_t width) const {
     const int64_t done = column * depth + i * panel_depth * width, elements = panel_depth * stride;
     return reinterpret_cast<const char*>(ahead[done / elements] + done % elements);

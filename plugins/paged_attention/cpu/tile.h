@@ -46,6 +46,7 @@ struct Scores {
 // Pages of one tile. Values are fetched while keys are multiplied, and the next keys while values are.
 template <class K, class V>
 struct PageTile {
+  static_assert(sizeof(K) >= sizeof(V), "only keys ask for further panels, see Panels::after");
   using Query = Left<K>;
   const K** keys;  // [heads, pages]
   const V** values;

@@ -26,7 +26,7 @@ def loop_of(**options: Any) -> tuple[EngineLoop, list[StepBatch]]:  # noqa: ANN4
     submit = executor.submit
 
     def record(batch: StepBatch) -> CountingStep:
-        batches.append(batch)
+        batches.append(replace(batch, positions=batch.positions.copy()))
         return submit(batch)
 
     executor.submit = record  # type: ignore[method-assign]

@@ -125,14 +125,14 @@ def learned(share: PromptShare) -> PromptShare:
     rng = random.Random(0)
     for _ in range(600):
         decodes, prompts = rng.randrange(1, 64), rng.choice((0, rng.randrange(600)))
-        share.landed(decodes, prompts, 5e-3 + 10e-6 * decodes + 20e-6 * prompts)
+        share.landed(decodes, prompts, 5e-3 + 10e-6 * decodes + 20e-6 * prompts, False)
     return share
 
 
 def test_nothing_is_bounded_before_a_prompt_was_seen() -> None:
     share = PromptShare()
     assert share.most(1, 1, 1, 1000) is None
-    share.landed(1, 0, 0.005)
+    share.landed(1, 0, 0.005, False)
     assert share.most(1, 1, 1, 1000) is None
     assert learned(share).most(1, 1, 1, 10_000) is not None
 
@@ -155,12 +155,12 @@ def test_a_queue_that_lasts_gets_more_time() -> None:
     share, found = learned(PromptShare()), []
     for _ in range(1000):
         found.append(bound(share, 32, 8))
-        share.landed(32, 300, 5e-3 + 10e-6 * 32 + 20e-6 * 300)
+        share.landed(32, 300, 5e-3 + 10e-6 * 32 + 20e-6 * 300, share.is_queue(50_000))
     assert found[300] == pytest.approx(found[0], rel=0.02), "3.4 s are a burst"
     assert found[600] > 2 * found[0]
     for _ in range(2000):
         assert share.most(32, 32, 1, 500) is not None
-        share.landed(32, 0, 5e-3 + 10e-6 * 32)
+        share.landed(32, 0, 5e-3 + 10e-6 * 32, share.is_queue(500))
     assert bound(share, 32, 8) == pytest.approx(found[0], rel=0.1), "it was over"
 
 

@@ -210,3 +210,10 @@ class TestBrokenLogits:
         logits = np.full((1, 100), -np.inf, np.float32)
         result = Sampler(100).sample(logits, [row(SamplingParams(**arguments))])
         assert isinstance(result.failed[0], ExecutionError) and "-inf" in str(result.failed[0])
+
+    def test_numbers_that_add_up_to_none_break_their_rows_alone(self) -> None:
+        logits = random_logits(4, 100)
+        logits[:2, 42] = 3e38
+        logits[2, 42], logits[3] = math.inf, -math.inf
+        result = Sampler(100).sample(logits, [row(SamplingParams(temperature=0))] * 4)
+        assert result.token_ids[:2] == [42, 42] and list(result.failed) == [2, 3]
